@@ -1,0 +1,1 @@
+"""Python configs: one file is one model, one name, one training recipe."""

@@ -1,0 +1,1 @@
+"""Heads: from features to raw predictions, with their loss and decoding. Importing this package imports no torch."""

@@ -1,0 +1,1 @@
+"""Tasks: one folder each, with model, data, transforms and metrics. Importing this package imports no torch."""

@@ -1,0 +1,1 @@
+"""Adapters: one method a file. Importing this package imports no torch; `zoo.registry.ADAPTERS` finds the files."""

@@ -1,0 +1,1 @@
+"""Plug-in attention: one module a file. Importing this package imports no torch."""

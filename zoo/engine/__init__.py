@@ -1,0 +1,1 @@
+"""The thin layer over mmengine: runner, hooks, optimisation. Importing this package imports no torch."""
