@@ -14,6 +14,7 @@ from zoo.errors import SiteError
 
 BANKS = "adapter_banks"
 RECORD = "_attached"  # attribute of the model that lists what was attached to it
+FLAGS = "_trainable_before"  # beside it: which parameters trained before the first set came
 
 
 class Placed(NamedTuple):
@@ -43,7 +44,6 @@ class Attached:
         self.bank = bank
         self.merged = False
         self._before_merge: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
 
     @property
     def sites(self) -> list[Site]:
@@ -77,7 +77,9 @@ class Attached:
         stuck = [placed.site.path for placed in self.placed if not placed.adapter.mergeable]
         if stuck:
             kind = type(self.placed[0].adapter).__name__
-            raise SiteError(f"{kind} has no merged form (it is not a change of weights), so {stuck[0]} cannot be merged")
+            raise SiteError(
+                f"{kind} has no merged form (it is not a change of weights), so {stuck[0]} cannot be merged"
+            )
         self._remove_from_tree()
         for site, adapter in self.placed:
             self._before_merge[site.path] = _fold(site, adapter)
@@ -98,8 +100,6 @@ class Attached:
         if self.merged:
             self.unmerge()
         self._remove_from_tree()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
         forget(self.model, self.name)
 
     def table(self) -> list[dict[str, Any]]:
@@ -171,7 +171,6 @@ class Selected:
         self.name = name
         self.config = config
         self.chosen = tuple(chosen)
-        self._trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         own = dict(self.model.named_parameters())
@@ -193,8 +192,6 @@ class Selected:
 
     def detach(self) -> None:
         """Give the trainable flags back; what was trained stays trained."""
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._trainable_before.get(name, parameter.requires_grad))
         forget(self.model, self.name)
 
     def table(self) -> list[dict[str, Any]]:
@@ -205,18 +202,31 @@ class Selected:
         return f"Selected({self.config['type']} as {self.name!r}: {len(self.chosen)} tensors, {count:,} parameters)"
 
 
+def remember(model: nn.Module, attached: Attached | Selected) -> None:
+    """Enter a set in the model's record; the first one also notes which parameters trained before."""
+    if RECORD not in model.__dict__:
+        model.__dict__[RECORD] = {}
+        model.__dict__[FLAGS] = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.__dict__[RECORD][attached.name] = attached
+
+
 def forget(model: nn.Module, name: str) -> None:
-    """Strike a set off the model's record."""
+    """Strike a set off the record; with the last one the trainable flags become what they were."""
     record = model.__dict__[RECORD]
     del record[name]
     if not record:
         del model.__dict__[RECORD]
+        flags = model.__dict__.pop(FLAGS)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(key, parameter.requires_grad))
 
 
 def _copy_exactly(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shared = [k for k in own if k in state]
-    wrong = [f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in shared if state[k].shape != own[k].shape]
+    wrong = [
+        f"{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in shared if state[k].shape != own[k].shape
+    ]
     if missing or extra or wrong:
         raise SiteError(f"adapter {name!r} does not fit: missing {missing}, unexpected {extra}, shapes {wrong}")
     with torch.no_grad():

@@ -101,7 +101,8 @@ class Adapter(nn.Module):
     """Base of every adapter: does nothing until a method overrides one of the hooks above.
 
     Class attributes:
-        roles: site roles the method can sit on; `attach` uses `default_roles` when the caller gives no `where`.
+        roles: site roles the method can sit on; `attach` uses `default_roles` when the caller gives no `where`, and
+            `fallback_roles` too on models that have none of these.
         mergeable: the adapter can be folded into the site's weight (and bias): `reweight` and `rebias` are exact.
         identity: a freshly built adapter leaves the model's output unchanged.
         form: how the host runs it; an instance may set its own (LoRA with dropout is a branch).
@@ -112,6 +113,7 @@ class Adapter(nn.Module):
 
     roles: ClassVar[frozenset[str]] = frozenset()
     default_roles: ClassVar[tuple[str, ...]] = ()
+    fallback_roles: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = False
     identity: bool = True
     form: Form = "branch"

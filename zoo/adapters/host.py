@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.adapters.base import Adapter, Mode
-from zoo.adapters.low_rank import low_rank_linear
+from zoo.adapters.low_rank import autocast_on, low_rank_linear
 from zoo.errors import SiteError
 
 
@@ -134,7 +134,9 @@ class AttentionHost(Host):
             low_rank = [a for a in inner if a.form == "low_rank"]
             adapted, moved = updated(weight, bias, [a for a in inner if a.form == "weight"])  # type: ignore[arg-type]
             if low_rank:
-                fused = low_rank_linear(query, adapted, moved, [a.factors() for a in low_rank], [a.parts for a in low_rank])
+                fused = low_rank_linear(
+                    query, adapted, moved, [a.factors() for a in low_rank], [a.parts for a in low_rank]
+                )
             else:
                 fused = F.linear(query, adapted, moved)
             for adapter in inner:
@@ -216,7 +218,7 @@ def _before(adapter: Adapter, x: Tensor) -> Tensor:
 def _after(adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
     """`after` in the adapter's own precision: fp32 adapters on a bf16 backbone train well, bf16 ones do not."""
     dtype = adapter.dtype()
-    if dtype is None or dtype == y.dtype or torch.is_autocast_enabled(y.device.type):
+    if dtype is None or dtype == y.dtype or autocast_on(y.device.type):
         return adapter.after(x, y)
     return adapter.after(x.to(dtype), y.to(dtype)).to(y.dtype)
 

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.adapters.attached import RECORD, Attached, Placed, Selected, active_adapters, set_active, settle_attention
+from zoo.adapters.attached import (
+    RECORD,
+    Attached,
+    Placed,
+    Selected,
+    active_adapters,
+    remember,
+    set_active,
+    settle_attention,
+)
 from zoo.adapters.base import Adapter, Site, link_bank
 from zoo.adapters.probe import correct_modes
 from zoo.adapters.selection import Selection
@@ -57,16 +66,19 @@ def attach(
     if issubclass(method, Selection):
         check_options(method, options)
         return _select(model, method, options, name, config)
-    sites = select(find_sites(model), where, method.default_roles, model_name=type(model).__name__)
+    offered = find_sites(model)
+    sites = select(offered, where, _usual_roles(method, offered, where), model_name=type(model).__name__)
     sites = correct_modes(sites, model, example)
     _check_fit(method, sites)
     placed, bank = _build(method, sites, options, per_site or {})
     if not any(p.requires_grad for item in placed for p in item.adapter.parameters()):
-        raise SiteError(f"{method.__name__} would train nothing on {type(model).__name__}: it has no trainable tensor there")
+        raise SiteError(
+            f"{method.__name__} would train nothing on {type(model).__name__}: it has no trainable tensor there"
+        )
     attached = Attached(model, name, config, placed, bank)
+    remember(model, attached)
     if freeze:
         _freeze_base(model)
-    model.__dict__.setdefault(RECORD, {})[name] = attached
     attached.add_to_tree()
     return attached
 
@@ -131,19 +143,26 @@ def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
 def check_options(method: type, options: Mapping[str, Any]) -> None:
     """Raise `OptionError` for an option the method does not take."""
     function = method.names if issubclass(method, Selection) else method.__init__  # type: ignore[misc]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "bank"]
+    known = [
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "bank"
+    ]
     for option in options:
         if option not in known:
             raise OptionError(f"{method.__name__} takes no option {option!r}; {nearest(option, known)}")
 
 
 def _build(
-    method: type[Adapter], sites: Sequence[Site], options: Mapping[str, Any], per_site: Mapping[str, Mapping[str, Any] | None]
+    method: type[Adapter],
+    sites: Sequence[Site],
+    options: Mapping[str, Any],
+    per_site: Mapping[str, Mapping[str, Any] | None],
 ) -> tuple[list[Placed], nn.Module | None]:
     check_options(method, options)
     for pattern, extra in per_site.items():
         if not any(_applies(pattern, site) for site in sites):
-            raise SiteError(f"per_site names {pattern!r}, which fits no chosen site; for example {sites[0].path!r} is one")
+            raise SiteError(
+                f"per_site names {pattern!r}, which fits no chosen site; for example {sites[0].path!r} is one"
+            )
         check_options(method, extra or {})
     chosen: list[tuple[Site, dict[str, Any]]] = []
     for site in sites:
@@ -167,8 +186,20 @@ def _build(
     return placed, bank
 
 
+def _usual_roles(method: type[Adapter], sites: Sequence[Site], where: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Roles taken where none is named: the method's own; on a model without any of them, or below a named path, also
+    its fallback (a convolutional network has no q, k, v)."""
+    terms = where.split(",") if isinstance(where, str) else where or ()
+    named_path = any(sign in term for term in terms for sign in ".*" if not term.strip().startswith("!"))
+    offered = {site.role for site in sites} | {part.role for site in sites for part in site.parts}
+    if named_path or not offered & set(method.default_roles):
+        return (*method.default_roles, *method.fallback_roles)
+    return method.default_roles
+
+
 def _match(adapter: Any, module: nn.Module) -> Any:
-    """Put new tensors on the module's device; they stay fp32 on half-precision models, and follow float64 ones."""
+    """Put new tensors on the module's device, in its mode; they stay fp32 on half-precision models, and follow float64 ones."""
+    adapter.train(module.training)
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
     if reference is None:
         return adapter
@@ -232,17 +263,17 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[Any]:
     return chosen
 
 
-def _select(model: nn.Module, method: type[Selection], options: dict[str, Any], name: str, config: dict[str, Any]) -> Selected:
+def _select(
+    model: nn.Module, method: type[Selection], options: dict[str, Any], name: str, config: dict[str, Any]
+) -> Selected:
     chosen = method.names(model, **options)
     if not chosen:
         raise SiteError(f"{method.__name__} would train nothing on {type(model).__name__}")
     selected = Selected(model, name, config, chosen)
+    remember(model, selected)
     _freeze_base(model)
-    wanted = set(chosen)
-    for key, parameter in model.named_parameters():
-        if key in wanted:
-            parameter.requires_grad_(True)
-    model.__dict__.setdefault(RECORD, {})[name] = selected
+    for parameter in selected.parameters():
+        parameter.requires_grad_(True)
     return selected
 
 
@@ -251,5 +282,3 @@ def _freeze_base(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-
-

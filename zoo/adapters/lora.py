@@ -33,7 +33,8 @@ class LoRA(Adapter):
     Parameters: `down` (P*r, I), `up` (sum of part widths, r); count P*r*I + r*O for full parts.
 
     Args:
-        rank: r, at least 1; lowered to the weight's own full rank where that is smaller.
+        rank: r, at least 1; lowered to the weight's own full rank where that is smaller
+            (the scale stays that of the rank asked for).
         alpha: numerator of the scale, by default equal to `rank` (scale 1).
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         dropout: probability of zeroing an input of A while training. Costs speed (two paths), and is refused on
@@ -48,6 +49,7 @@ class LoRA(Adapter):
 
     roles = frozenset({"q", "k", "v", "qkv", "kv", "qk", "out", "fc1", "fc2", "conv", "linear", "embed", "head"})
     default_roles = ("q", "k", "v", "out", "fc1", "fc2")
+    fallback_roles = ("conv", "linear")
     mergeable = True
     form = "low_rank"
 
@@ -62,19 +64,19 @@ class LoRA(Adapter):
         init: Init = "kaiming",
     ) -> None:
         super().__init__(site)
-        rank = usable_rank(rank, site)
+        usable = usable_rank(rank, site)
         if not 0 <= dropout < 1:
             raise OptionError(f"LoRA dropout must lie in [0, 1), got {dropout}")
         if init not in get_args(Init):
             raise OptionError(f"LoRA init {init!r} is unknown; {nearest(init, get_args(Init))}")
-        self.rank = rank
+        self.rank = usable
         self.alpha = float(rank if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.identity = init != "both_normal"
         width = sum(part.width for part in site.parts)
-        self.down = nn.Parameter(torch.empty(len(site.parts) * rank, site.flat_in))
-        self.up = nn.Parameter(torch.zeros(width, rank))
+        self.down = nn.Parameter(torch.empty(len(site.parts) * usable, site.flat_in))
+        self.up = nn.Parameter(torch.zeros(width, usable))
         self._choose_form(site)
         self._initialise(site, init)
 

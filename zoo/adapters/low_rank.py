@@ -34,16 +34,25 @@ def low_rank_linear(
     factors: one a adapter, `parts[i]` says which rows `factors[i]` updates. Returns (..., O) in x's dtype, or in the
     autocast dtype where autocast is on.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
     flat = [tensor for factor in factors for tensor in factor]
-    with torch.autocast(kind, enabled=False):
-        trained = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in flat))
-        if trained and not weight.requires_grad and (bias is None or not bias.requires_grad):
-            result: Tensor = _LowRankLinear.apply(x, weight, bias, tuple(parts), *flat)
-            return result
-        return F.linear(x, _updated(weight, parts, flat, x.dtype), None if bias is None else bias.to(x.dtype))
+    kind = x.device.type
+    if autocast_on(kind):
+        with torch.autocast(kind, enabled=False):  # the sum must be formed in full precision
+            return _run(x.to(torch.get_autocast_dtype(kind)), weight, bias, tuple(parts), flat)
+    return _run(x, weight, bias, tuple(parts), flat)
+
+
+def autocast_on(kind: str) -> bool:
+    """Whether autocast is on for a device type; False for those that have none, such as meta."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Parts, ...], flat: Sequence[Tensor]) -> Tensor:
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if frozen and torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in flat)):
+        result: Tensor = _LowRankLinear.apply(x, weight, bias, parts, *flat)
+        return result
+    return F.linear(x, _updated(weight, parts, flat, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _updated(weight: Tensor, parts: Sequence[Parts], flat: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -66,12 +75,11 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *flat = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            dx = grad @ _updated(weight, ctx.parts, flat, grad.dtype) if ctx.needs_input_grad[0] else None
-            x2, g2 = x.flatten(0, -2), grad.flatten(0, -2)
-            out: list[Tensor | None] = []
-            for i, parts in enumerate(ctx.parts):
-                out += _factor_gradients(x2, g2, Factors(flat[2 * i], flat[2 * i + 1]), parts)
+        dx = grad @ _updated(weight, ctx.parts, flat, grad.dtype) if ctx.needs_input_grad[0] else None
+        x2, g2 = x.flatten(0, -2), grad.flatten(0, -2)
+        out: list[Tensor | None] = []
+        for i, parts in enumerate(ctx.parts):
+            out += _factor_gradients(x2, g2, Factors(flat[2 * i], flat[2 * i + 1]), parts)
         return (dx, None, None, None, *out)
 
 
