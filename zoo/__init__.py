@@ -34,7 +34,28 @@ _HOMES = {
     "push_to_hub": "zoo.checkpoint",
     "ZooError": "zoo.errors",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [
+    "ZooError",
+    "__version__",
+    "activate",
+    "attach",
+    "create",
+    "describe",
+    "detach",
+    "find_sites",
+    "list_adapters",
+    "list_attention",
+    "list_backbones",
+    "list_heads",
+    "list_models",
+    "load",
+    "merge",
+    "push_to_hub",
+    "save",
+    "summary",
+    "unmerge",
+    "using",
+]
 
 if TYPE_CHECKING:
     from zoo.adapters.inject import activate, attach, detach, merge, unmerge, using

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from zoo.errors import ZooError
 
-
 ROOT = Path(__file__).resolve().parent.parent  # holds zoo/, backbones/, heads/, tasks/ and configs/ side by side
 
 

@@ -1,4 +1,4 @@
-"""What can be named: models, backbones, adapters, attention, heads. Imports no torch unless timm or open_clip is asked."""
+"""What can be named: models, backbones, adapters, attention, heads. No torch unless timm or open_clip is asked."""
 
 from __future__ import annotations
 

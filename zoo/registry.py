@@ -67,7 +67,7 @@ class ZooRegistry(Registry):
         return build(**{**extra, **options})
 
 
-ADAPTERS = ZooRegistry("adapter", ("zoo.adapters",), "ADAPTERS")
+ADAPTERS = ZooRegistry("adapter", ("zoo.adapters", "zoo.attention"), "ADAPTERS")
 ATTENTION = ZooRegistry("attention", ("zoo.attention",), "ATTENTION")
 BACKBONES = ZooRegistry("backbone", ("backbones",), "BACKBONES")
 HEADS = ZooRegistry("head", ("heads",), "HEADS")

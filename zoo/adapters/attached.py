@@ -24,6 +24,13 @@ class Placed(NamedTuple):
     adapter: Adapter
 
 
+class Adapters(nn.ModuleDict):
+    """A host's adapters by name. An `nn.Sequential` runs its children in turn and passes this one unchanged."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 class Attached:
     """One named set of adapters on a model.
 
@@ -52,8 +59,7 @@ class Attached:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Adapter parameters under their keys in the model's state dict."""
         for prefix, module in self._modules():
-            for key, parameter in module.named_parameters(prefix):
-                yield key, parameter
+            yield from module.named_parameters(prefix)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -130,9 +136,9 @@ class Attached:
         for site, adapter in self.placed:
             module = site.module
             if "adapters" not in module._modules:
-                module.add_module("adapters", nn.ModuleDict())
+                module.add_module("adapters", Adapters())
                 module.__dict__["_host"] = (site.mode, site.weight)
-            module.adapters[self.name] = adapter  # type: ignore[union-attr, index, operator]
+            module.get_submodule("adapters").add_module(self.name, adapter)
             set_active(module, self._in_order(module, [*active_adapters(module), adapter]))
         if self.bank is not None:
             if BANKS not in self.model._modules:
@@ -143,15 +149,16 @@ class Attached:
     def _in_order(self, module: nn.Module, active: list[Adapter]) -> list[Adapter]:
         """Sorted as attached, so that sums come out the same after a merge and unmerge."""
         order = list(self.model.__dict__.get(RECORD, {}))
-        names = {id(a): n for n, a in module.adapters.items()}  # type: ignore[union-attr, operator]
+        names = {id(a): n for n, a in module.get_submodule("adapters").named_children()}
         return sorted(active, key=lambda a: order.index(names[id(a)]) if names[id(a)] in order else len(order))
 
     def _remove_from_tree(self) -> None:
         for site, adapter in self.placed:
             module = site.module
             set_active(module, [a for a in active_adapters(module) if a is not adapter])
-            del module.adapters[self.name]  # type: ignore[union-attr, attr-defined, operator]
-            if not len(module.adapters):  # type: ignore[arg-type]
+            held = module.get_submodule("adapters")
+            del held._modules[self.name]
+            if not held._modules:
                 del module.adapters, module.__dict__["_host"]
         if self.bank is not None:
             banks = self.model.get_submodule(BANKS)
@@ -256,6 +263,7 @@ def settle_attention(model: nn.Module) -> None:
 def _fold(site: Site, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     weight, bias = site.module._parameters[site.weight], site.module._parameters.get(bias_name(site.weight))
     assert weight is not None
+    adapter.eval()  # what is folded is what evaluation runs, also for adapters that are random while training
     before = weight.detach().clone(), None if bias is None else bias.detach().clone()
     wide = torch.promote_types(weight.dtype, torch.float32)
     new_weight, new_bias = updated(weight.to(wide), None if bias is None else bias.to(wide), [adapter])

@@ -1,13 +1,12 @@
 """How a module runs its adapters: its class becomes a cached subclass, nothing else about it changes.
 
-`module.__class__ = hosted(type(module), kind)`. The module keeps its parameters, their names, its hooks and its place in
-the tree; adapters live in the child `adapters`, and the tuple `_active` holds those that run now. A host's forward reads
-no mode flags: another active set means another class or another tuple.
+`module.__class__ = hosted(type(module), kind)`. The module keeps its parameters, their names, its hooks and its
+place in the tree; adapters live in the child `adapters`, and the tuple `_active` holds those that run now. A host's
+forward reads no mode flags: another active set means another class or another tuple.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -190,9 +189,18 @@ def _kind(module: nn.Module, plain: type[nn.Module], mode: Mode, active: Sequenc
     return BranchHost
 
 
-@functools.cache
+_CLASSES: dict[tuple[Any, Any, str], type[nn.Module]] = {}
+
+
 def hosted(plain: type[nn.Module], kind: type[Host], weight_name: str = "weight") -> type[nn.Module]:
     """The subclass of `plain` that runs adapters the way of `kind`; one class for each combination."""
+    key = (plain, kind, weight_name)
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(plain, kind, weight_name)
+    return _CLASSES[key]
+
+
+def _make_class(plain: type[nn.Module], kind: type[Host], weight_name: str) -> type[nn.Module]:
     members: dict[str, Any] = {
         "__module__": plain.__module__,
         "__doc__": plain.__doc__,

@@ -57,7 +57,7 @@ def attach(
         UnknownNameError, OptionError: no such adapter or option. SiteError: no fitting site, an unfit pair, or a site
         whose weight is never used in a forward.
     """
-    options = {"type": adapter} if isinstance(adapter, str) else dict(adapter)
+    options: dict[str, Any] = {"type": adapter} if isinstance(adapter, str) else dict(adapter)
     where = options.pop("where", None) if where is None else where
     per_site = options.pop("per_site", None) if per_site is None else per_site
     method = ADAPTERS.get(_take_type(options))
@@ -71,7 +71,8 @@ def attach(
     sites = correct_modes(sites, model, example)
     _check_fit(method, sites)
     placed, bank = _build(method, sites, options, per_site or {})
-    if not any(p.requires_grad for item in placed for p in item.adapter.parameters()):
+    new = [bank, *(item.adapter for item in placed)]
+    if not any(p.requires_grad for module in new if module is not None for p in module.parameters()):
         raise SiteError(
             f"{method.__name__} would train nothing on {type(model).__name__}: it has no trainable tensor there"
         )
@@ -142,7 +143,7 @@ def using(model: nn.Module, *names: str) -> Iterator[nn.Module]:
 
 def check_options(method: type, options: Mapping[str, Any]) -> None:
     """Raise `OptionError` for an option the method does not take."""
-    function = method.names if issubclass(method, Selection) else method.__init__  # type: ignore[misc]
+    function = method.names if issubclass(method, Selection) else method.__init__
     known = [
         p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "bank"
     ]
@@ -198,7 +199,7 @@ def _usual_roles(method: type[Adapter], sites: Sequence[Site], where: str | Sequ
 
 
 def _match(adapter: Any, module: nn.Module) -> Any:
-    """Put new tensors on the module's device, in its mode; they stay fp32 on half-precision models, and follow float64 ones."""
+    """Put new tensors on the module's device, in its mode; fp32 on half-precision models, float64 on such."""
     adapter.train(module.training)
     reference = next((p for p in module.parameters() if p.is_floating_point()), None)
     if reference is None:
@@ -221,8 +222,8 @@ def _check_fit(method: type[Adapter], sites: Sequence[Site]) -> None:
             )
         if site.mode == "weight" and not method.mergeable:
             raise SiteError(
-                f"{method.__name__} cannot sit on {site.path!r}: {type(site.module).__name__} is never called there (its parent "
-                "reads the weight), so only adapters that change the weight fit, such as LoRA"
+                f"{method.__name__} cannot sit on {site.path!r}: {type(site.module).__name__} is never called there "
+                "(its parent reads the weight), so only adapters that change the weight fit, such as LoRA"
             )
         held = site.module._modules.get("adapters")
         if held is not None and "_host" not in site.module.__dict__:
@@ -267,7 +268,7 @@ def _select(
     model: nn.Module, method: type[Selection], options: dict[str, Any], name: str, config: dict[str, Any]
 ) -> Selected:
     chosen = method.names(model, **options)
-    if not chosen:
+    if not chosen and not method.may_be_empty:
         raise SiteError(f"{method.__name__} would train nothing on {type(model).__name__}")
     selected = Selected(model, name, config, chosen)
     remember(model, selected)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.adapters.base import Adapter, Factors, Site, take_rows
+from zoo.adapters.base import Adapter, Factors, Form, Site, take_rows
 from zoo.adapters.low_rank import ConvGeometry, branch_conv, branch_linear
 from zoo.errors import OptionError, SiteError, nearest
 from zoo.registry import ADAPTERS
@@ -51,7 +51,7 @@ class LoRA(Adapter):
     default_roles = ("q", "k", "v", "out", "fc1", "fc2")
     fallback_roles = ("conv", "linear")
     mergeable = True
-    form = "low_rank"
+    form: Form = "low_rank"
 
     def __init__(
         self,
@@ -91,8 +91,8 @@ class LoRA(Adapter):
             self.form = "branch"
         if self.dropout and self.form == "weight":
             raise SiteError(
-                f"LoRA dropout needs a branch, but {site.path} ({type(site.module).__name__}) can only be adapted through "
-                "its weight; use dropout=0, or leave the site out"
+                f"LoRA dropout needs a branch, but {site.path} ({type(site.module).__name__}) can only be adapted "
+                "through its weight; use dropout=0, or leave the site out"
             )
 
     def _initialise(self, site: Site, init: Init) -> None:
@@ -131,7 +131,7 @@ class LoRA(Adapter):
             return Factors(self.down, self.up * self.scale)
         downs = (self.down.split(self.rank), start.split(self.rank))
         down = torch.cat([half for pair in zip(*downs, strict=True) for half in pair])
-        return Factors(down, torch.cat([self.up, -self.up_start], 1) * self.scale)  # type: ignore[operator, list-item]
+        return Factors(down, torch.cat([self.up, -self.up_start], 1) * self.scale)  # type: ignore[operator]
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """x: (..., I) or (B, C, *space); y: the site's output."""

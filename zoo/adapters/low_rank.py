@@ -72,7 +72,7 @@ class _LowRankLinear(torch.autograd.Function):
         return F.linear(x, _updated(weight, parts, flat, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *flat = ctx.saved_tensors
         dx = grad @ _updated(weight, ctx.parts, flat, grad.dtype) if ctx.needs_input_grad[0] else None
@@ -136,9 +136,10 @@ class ConvGeometry:
     def fits(module: nn.Module) -> bool:
         """Whether the branch form computes what the module does (subclasses pad or standardise in their own way)."""
         stock = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        plain = getattr(type(module), "plain", type(module))  # the class behind a host
         return (
             isinstance(module, stock)
-            and type(module).forward in {kind.forward for kind in stock}
+            and plain.forward in {kind.forward for kind in stock}
             and module.groups == 1
             and module.padding_mode == "zeros"
         )
