@@ -1,0 +1,1 @@
+"""Image classification. Importing this package imports no torch."""
