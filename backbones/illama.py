@@ -176,8 +176,10 @@ class ILLaMA(nn.Module):
         if self.dynamic_img_size:
             _check_divisible(size, self.patch_embed.patch_size)
         elif size != expected:
-            raise ValueError(f"expected an input of height {expected[0]} and width {expected[1]}, got {size[0]} and "
-                             f"{size[1]}; build with img_size={size} or dynamic_img_size=True, or call set_input_size")
+            raise ValueError(
+                f"expected an input of height {expected[0]} and width {expected[1]}, got {size[0]} and "
+                f"{size[1]}; build with img_size={size} or dynamic_img_size=True, or call set_input_size"
+            )
         pos_embed: Tensor = self.pos_embed
         if self.dynamic_img_size:
             grid = self.patch_embed.dynamic_feat_size(size)
@@ -197,7 +199,7 @@ class ILLaMA(nn.Module):
         if self.global_pool == "token":
             x = x[:, -1]
         elif self.global_pool == "avg":
-            x = x[:, :-self.suffix_tokens].mean(dim=1)
+            x = x[:, : -self.suffix_tokens].mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -225,16 +227,16 @@ class ILLaMA(nn.Module):
         height, width = x.shape[-2:]
         x = self._embed(x)
         taken = []
-        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             if i in take:
                 taken.append(self.norm(x) if norm else x)
-        features: list[Any] = [y[:, :-self.suffix_tokens] for y in taken]
+        features: list[Any] = [y[:, : -self.suffix_tokens] for y in taken]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size((height, width))
             features = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in features]
         if return_prefix_tokens:
-            features = list(zip(features, (y[:, -self.suffix_tokens:] for y in taken), strict=True))
+            features = list(zip(features, (y[:, -self.suffix_tokens :] for y in taken), strict=True))
         return features if intermediates_only else (self.norm(x), features)
 
     def prune_intermediate_layers(
@@ -245,7 +247,7 @@ class ILLaMA(nn.Module):
     ) -> list[int]:
         """Drop the blocks after the last one in ``indices`` (and norm, head); returns the absolute indices."""
         take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:last + 1]
+        self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -261,8 +263,9 @@ def _known_pool(global_pool: str) -> str:
 
 def _check_divisible(size: tuple[int, int], patch: tuple[int, int]) -> None:
     if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(f"image height and width must be multiples of the patch {patch[0]} x {patch[1]}, "
-                         f"got {size[0]} x {size[1]}")
+        raise ValueError(
+            f"image height and width must be multiples of the patch {patch[0]} x {patch[1]}, got {size[0]} x {size[1]}"
+        )
 
 
 # ---- weights ----
@@ -294,8 +297,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ILLaMA) -> dict[str,
     if table is not None and table.shape[1] != model.pos_embed.shape[1]:
         side = round((table.shape[1] - 1) ** 0.5)
         if side * side != table.shape[1] - 1:
-            raise ValueError(f"pos_embed has {table.shape[1] - 1} patch rows, not a square grid, and the model "
-                             f"has {model.pos_embed.shape[1] - 1}: it cannot be resized")
+            raise ValueError(
+                f"pos_embed has {table.shape[1] - 1} patch rows, not a square grid, and the model "
+                f"has {model.pos_embed.shape[1] - 1}: it cannot be resized"
+            )
         state["pos_embed"] = resample_pos_embed(table, model.patch_embed.grid_size, (side, side))
     return state
 
@@ -303,31 +308,46 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ILLaMA) -> dict[str,
 def _cfg(file: str, size: int = 224) -> dict[str, Any]:
     # Above 224 the authors evaluate on the whole resized image without a crop.
     return {
-        "hf_hub_id": "techmonsterwang/iLLaMA", "hf_hub_filename": f"illama-{file}.pth", "num_classes": 1000,
-        "input_size": (3, size, size), "fixed_input_size": True, "pool_size": None, "interpolation": "bicubic",
-        "crop_pct": 0.875 if size == 224 else 1.0, "crop_mode": "center" if size == 224 else "squash",
-        "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj", "classifier": "head",
-        "paper_ids": "arXiv:2404.06773", "origin_url": "https://github.com/techmonsterwang/iLLaMA",
+        "hf_hub_id": "techmonsterwang/iLLaMA",
+        "hf_hub_filename": f"illama-{file}.pth",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875 if size == 224 else 1.0,
+        "crop_mode": "center" if size == 224 else "squash",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2404.06773",
+        "origin_url": "https://github.com/techmonsterwang/iLLaMA",
     }
 
 
-default_cfgs = generate_default_cfgs({
-    "illama_tiny.in1k": _cfg("tiny-in1k-75.0"),
-    "illama_small.in1k": _cfg("small-in1k-79.9"),
-    "illama_base.in1k": _cfg("base-in1k-81.6"),
-    "illama_base.in1k_384": _cfg("base-in1k-384-83.0", 384),
-    "illama_base.in21k_ft_in1k": _cfg("base-in21kin1k-224-83.6"),
-    "illama_base.in21k_ft_in1k_384": _cfg("base-in21kin1k-384-85.0", 384),
-    "illama_large.in21k_ft_in1k": _cfg("large-in21kin1k-224-84.8"),
-    "illama_large.in21k_ft_in1k_384": _cfg("large-in21kin1k-384-86.0", 384),
-})
+default_cfgs = generate_default_cfgs(
+    {
+        "illama_tiny.in1k": _cfg("tiny-in1k-75.0"),
+        "illama_small.in1k": _cfg("small-in1k-79.9"),
+        "illama_base.in1k": _cfg("base-in1k-81.6"),
+        "illama_base.in1k_384": _cfg("base-in1k-384-83.0", 384),
+        "illama_base.in21k_ft_in1k": _cfg("base-in21kin1k-224-83.6"),
+        "illama_base.in21k_ft_in1k_384": _cfg("base-in21kin1k-384-85.0", 384),
+        "illama_large.in21k_ft_in1k": _cfg("large-in21kin1k-224-84.8"),
+        "illama_large.in21k_ft_in1k_384": _cfg("large-in21kin1k-384-86.0", 384),
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> ILLaMA:
     return build_model_with_cfg(
-        ILLaMA, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}, **kwargs,
+        ILLaMA,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **kwargs,
     )
 
 

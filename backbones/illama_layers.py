@@ -77,8 +77,10 @@ class SoftMaskSchedule:
         if not 0.0 <= self.initial_rate <= 1.0:
             raise ValueError(f"initial_rate is {self.initial_rate}; it must lie in [0, 1]")
         if self.iterations_per_epoch < 1 or self.cutoff_epochs < 0:
-            raise ValueError(f"iterations_per_epoch must be >= 1 and cutoff_epochs >= 0, "
-                             f"got {self.iterations_per_epoch} and {self.cutoff_epochs}")
+            raise ValueError(
+                f"iterations_per_epoch must be >= 1 and cutoff_epochs >= 0, "
+                f"got {self.iterations_per_epoch} and {self.cutoff_epochs}"
+            )
 
     def rate_at(self, iteration: int) -> float:
         """Rate of a zero-based global iteration."""

@@ -216,8 +216,9 @@ def test_intermediates() -> None:
     close(final, model.forward_features(x))
     assert [tuple(y.shape) for y in maps] == [(2, 32, 2, 3)] * 2
     close(maps[-1].flatten(2).transpose(1, 2), final[:, :-1])  # row-major grid
-    pairs = model.forward_intermediates(x, 2, return_prefix_tokens=True, norm=True, output_fmt="NLC",
-                                        intermediates_only=True)
+    pairs = model.forward_intermediates(
+        x, 2, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
     assert [(tuple(a.shape), tuple(b.shape)) for a, b in pairs] == [((2, 6, 32), (2, 1, 32))] * 2
     close(pairs[-1][1][:, 0], final[:, -1])
     ran: list[int] = []
