@@ -54,23 +54,15 @@ class ZooTask(BaseModel):  # type: ignore[misc]
             for one in attention if isinstance(attention, list) else [attention]:
                 plug_attention(self.backbone, one)
         if adapter is not None:
-            self._attach(adapter if isinstance(adapter, list) else [adapter])
+            from zoo.adapters.inject import attach_all
+
+            attach_all(self.backbone, adapter)
         self.head: nn.Module | None = HEADS.create(head) if isinstance(head, dict) else head
         self.extra_losses: list[Any] = []
         if extra_losses:
             from zoo.adapters.consistency import CONSISTENCY
 
             self.extra_losses = [CONSISTENCY.create(one) for one in extra_losses]
-
-    def _attach(self, adapters: list[Any]) -> None:
-        from zoo.adapters.inject import attach
-
-        for number, one in enumerate(adapters):
-            options = dict(one) if isinstance(one, dict) else {"type": one}
-            # The first set is called "default"; the others need names of their own.
-            name = options.pop("name", f"{options['type']}_{number}".lower() if number else "default")
-            # Freezing again would freeze the sets that came before.
-            attach(self.backbone, options, name=name, freeze=number == 0)
 
     def extract(self, inputs: Tensor) -> Any:
         """Normalised inputs (B, C, H, W) -> what the head takes; by default the backbone's own output."""

@@ -50,6 +50,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
+        # The other tests run offline, and huggingface_hub reads that once, when it is imported.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         yield running
 
 

@@ -221,9 +221,9 @@ def _bare(
     plugged = {"attention": _typed(parts["attention"])} if parts.get("attention") is not None else {}
     model = build({**config, **overrides, **classes, **plugged, "pretrained": pretrained})
     if parts.get("adapter") is not None:
-        from zoo.adapters.inject import attach
+        from zoo.adapters.inject import attach_all
 
-        attach(model, parts["adapter"])
+        attach_all(model, parts["adapter"])
         train_classifier(model)
     return model
 

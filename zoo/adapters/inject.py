@@ -84,6 +84,17 @@ def attach(
     return attached
 
 
+def attach_all(model: nn.Module, adapters: str | Mapping[str, Any] | Sequence[Any]) -> list[Attached | Selected]:
+    """Attach one adapter config or several (each may carry its own `name`; the first is else called "default")."""
+    several = [adapters] if isinstance(adapters, (str, Mapping)) else list(adapters)
+    done = []
+    for number, one in enumerate(several):
+        options: dict[str, Any] = {"type": one} if isinstance(one, str) else dict(one)
+        name = options.pop("name", f"{options.get('type')}_{number}".lower() if number else "default")
+        done.append(attach(model, options, name=name, freeze=number == 0))  # again would freeze selections made before
+    return done
+
+
 def attachments(model: nn.Module) -> dict[str, Attached | Selected]:
     """Everything attached to the model or to a part of it, by name (a part's path in front if names repeat)."""
     found: dict[str, Attached | Selected] = {}
