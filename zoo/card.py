@@ -43,7 +43,7 @@ def merged_card(name: str, folder_model: nn.Module, labels: Sequence[str] | None
     usage = (
         "## Use\n\n```python\nimport timm\n\n"
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()\n```'
-        if hasattr(folder_model, "pretrained_cfg")
+        if _in_timm(folder_model)
         else "`model.safetensors` is the state dict of the plain module; build that module with its own library."
     )
     sections = [
@@ -75,7 +75,7 @@ def _introduction(card: Mapping[str, Any], names: Sequence[str]) -> str:
         else "all tensors"
     )
     kind = f"{', '.join(names)} on a frozen base" if names else "a model without adapters"
-    made = f"A `{card['model']['type']}` saved by vision-adapter-zoo {card['zoo_version']}"
+    made = f"Model type `{card['model']['type']}`, saved by vision-adapter-zoo {card['zoo_version']}"
     return f"{made}: {kind}. The folder holds {held}."
 
 
@@ -137,11 +137,15 @@ def _preprocessing(how: Mapping[str, Any]) -> str:
     return "\n".join(["## Preprocessing", "", said, *(["", *rest] if rest else [])])
 
 
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
 def _metrics(metrics: Mapping[str, Any]) -> str:
     if not metrics:
         return "## Metrics\n\nNone were recorded."
     lines = ["## Metrics", "", "As given by whoever saved the model.", "", "| metric | value |", "|---|---:|"]
-    return "\n".join([*lines, *(f"| {_cell(key)} | {_cell(value)} |" for key, value in metrics.items())])
+    return "\n".join([*lines, *(f"| {_cell(key)} | {_cell(_short(value))} |" for key, value in metrics.items())])
 
 
 def _labels(labels: Sequence[str] | None) -> str:
@@ -166,6 +170,14 @@ def _hub_id(source: str | None) -> str | None:
     if source and source.startswith("timm:"):
         return f"timm/{source.removeprefix('timm:')}"
     return None
+
+
+def _in_timm(model: nn.Module) -> bool:
+    """Whether timm can build the model by name; open_clip towers carry a timm-like card but are not its models."""
+    import timm
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return timm.is_model(str(config.get("architecture", "")))
 
 
 def _cfg_of(model: nn.Module) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     from zoo.checkpoint import batches_seen
 
     config = dict(config)
-    if config["type"] in MODELS.names():
+    if "type" not in config:
+        raise OptionError(f"a model config needs `type`, one of {sorted(MODELS.names())}; got {sorted(config)}")
+    if config["type"] not in BACKBONES.names():
         model: nn.Module = MODELS.create(config)
     else:
         attention = config.get("attention")

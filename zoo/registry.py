@@ -7,6 +7,7 @@ no torch import at all.
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -64,7 +65,15 @@ class ZooRegistry(Registry):
             raise OptionError(f"the {self.name} config {options!r} has no `type`; one of {sorted(self.names())}")
         kind = options.pop("type")
         build = self.get(kind) if isinstance(kind, str) else kind
-        return build(**{**extra, **options})
+        given = {**extra, **options}
+        try:
+            inspect.signature(build).bind(**given)
+        except TypeError as error:
+            known = [name for name in inspect.signature(build).parameters if name not in extra]
+            wrong = next((name for name in given if name not in known), None)
+            hint = nearest(wrong, known) if wrong is not None else f"it takes {', '.join(known)}"
+            raise OptionError(f"{self.name} {getattr(build, '__name__', build)!r}: {error}; {hint}") from error
+        return build(**given)
 
 
 ADAPTERS = ZooRegistry("adapter", ("zoo.adapters", "zoo.attention"), "ADAPTERS")

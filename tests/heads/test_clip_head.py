@@ -141,14 +141,12 @@ def test_half_precision_does_not_reach_the_logits(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = head(features)  # the text tower runs in bf16 here, the product does not
     assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.5
-    with torch.no_grad():
-        kept = head(features)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(head(features), kept)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(features), expected)  # what is kept is computed in full precision
 
 
 def test_refusals(model):
-    with pytest.raises(OptionError, match="one {} for the class name"):
+    with pytest.raises(OptionError, match=r"one \{\} for the class name"):
         head_of(model, templates=["a photo."])
     with pytest.raises(OptionError, match="at least one template"):
         head_of(model, templates=[])
@@ -156,7 +154,7 @@ def test_refusals(model):
         head_of(model, classes=["a_b", "a b"])
     with pytest.raises(OptionError, match="both towers, got a VisionTransformer"):
         head_of(model.visual)
-    with pytest.raises(OptionError, match="has 1[0-9] tokens"):
+    with pytest.raises(OptionError, match=r"has 1\d tokens"):
         head_of(model, classes=["dog", "a very long name of something that nobody would write so"])
     with pytest.raises(OptionError, match="at least 2"):
         head_of(model, classes=["dog"])

@@ -26,7 +26,7 @@ from zoo.engine.resume import Baseline, restore
 from zoo.engine.safe_checkpoint import SafeCheckpoint, latest
 from zoo.engine.weights import load_weights
 from zoo.errors import OptionError, ZooError
-from zoo.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from zoo.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 _COUNTER = itertools.count()
 _TRACKERS = {
@@ -113,13 +113,12 @@ class ZooRunner(Runner):
         return super().build_visualizer(visualizer)
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
-        """Build from the registry MODELS and remember the config, so that the result can be saved and rebuilt."""
+        """Build as `zoo.create` does, so that the result can be saved and rebuilt."""
         if isinstance(model, nn.Module):
             return model
-        config = _plain_dict(model)
-        built: nn.Module = MODELS.create(config)
-        built.__dict__["zoo_config"] = config
-        return built
+        from zoo.factory import build
+
+        return build(_plain_dict(model))
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """To the device; in a distributed run, into DDP on whatever device that is."""
