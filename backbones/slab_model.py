@@ -82,7 +82,9 @@ class ConvEmbed(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = (
+            self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        )  # folded, no norm follows that would lay it out
         return self.norm(x)
 
 

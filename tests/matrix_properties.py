@@ -78,11 +78,31 @@ def lora_count(site: Site) -> int:
     return rank * (len(site.parts) * site.flat_in + sum(part.width for part in site.parts))
 
 
+def _widths(site: Site) -> int:
+    return sum(part.width for part in site.parts)
+
+
 # SSF cannot shift what a bypassed qkv gives.
 NO_QKV = dict.fromkeys(("BEiT", "EVA-02", "Swin-V2"), "!*.qkv")
 
 METHODS: dict[str, Method] = {
     "LoRA": Method(dict(type="LoRA", rank=2), lora_count),
+    "DoRA": Method(dict(type="DoRA", rank=2), lambda site: lora_count(site) + _widths(site)),
+    "BlockLoRA": Method(
+        dict(type="BlockLoRA", rank=4, blocks=2, where="q, v, out, fc1, fc2, conv"),
+        lambda site: 2 * len(site.parts) * site.flat_in + 4 * _widths(site),
+    ),
+    "Hydra": Method(
+        dict(type="Hydra", rank=2, scale=0.5),
+        lambda site: sum(2 * site.flat_in + 8 * part.width + 4 for part in site.parts),
+    ),
+    "MoSL": Method(
+        dict(type="MoSL", rank=3, experts=2), lambda site: 3 * (len(site.parts) * site.flat_in + _widths(site))
+    ),
+    "MoSA": Method(
+        dict(type="MoSA", width=5, experts=3, dropout=0.0),
+        lambda site: bottleneck_count(site.in_features, site, 5) + 2 * site.out_features + 2 * site.in_features,
+    ),
     "Houlsby": Method(dict(type="Houlsby", width=5), lambda site: bottleneck_count(site.out_features, site, 5)),
     "Pfeiffer": Method(
         dict(type="Pfeiffer", reduction=8),
@@ -108,6 +128,11 @@ UNFIT: dict[Pair, str] = {
     **{Pair(family, "VPT deep"): "any number of tokens" for family in (*_STAGED, "BEiT", "ConViT")},
     **{Pair(family, "VPT shallow"): "one stack of blocks" for family in _STAGED},
     **{Pair(family, "VPT shallow"): "any number of tokens" for family in ("BEiT", "ConViT")},
+    **{Pair(family, "MoSA"): "chooses nothing" for family in _NO_MLP},
+    **{Pair(family, "Hydra"): "chooses nothing" for family in _NO_MLP},
+    **{Pair(family, "MoSL"): "chooses nothing" for family in ("ResNet", "EfficientNet-Lite", "PoolFormer", "ConvNeXt")},
+    **{Pair(family, "MoSL"): "adapts matrices" for family in ("SHViT", "HaloNet")},
+    **{Pair(family, "MoSL"): "never called" for family in NO_QKV},
     **{Pair("EVA-02", method): "rotary embedding" for method in ("VPT deep", "VPT shallow")},
 }
 

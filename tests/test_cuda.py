@@ -13,6 +13,8 @@ from zoo.adapters.host import BranchHost, Host, hosted
 from zoo.adapters.inject import attach, merge
 from zoo.attention.plug import plug_attention
 
+# fp32 must mean fp32 here; TF32 is off by default, but a program around may have switched it on
+torch.set_float32_matmul_precision("highest")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -45,8 +47,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_fp32_values_and_gradients_equal_the_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_fp32_values_and_gradients_equal_the_branch() -> None:
     model, x = adapted(vit()), torch.randn(4, 3, 224, 224, device="cuda")
     slow = branched(model)
     torch.testing.assert_close(model(x), slow(x), atol=1e-5, rtol=1e-4)
@@ -70,8 +71,7 @@ def test_bf16_stays_within_its_rounding_of_fp64(how: str) -> None:
     assert fast < 0.05 and fast < 2 * branch + 0.01, (fast, branch)
 
 
-def test_inductor_compiles_one_graph_with_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_inductor_compiles_one_graph_with_the_same_gradients() -> None:
     model, x = adapted(vit()), torch.randn(4, 3, 224, 224, device="cuda")
     expected = gradients(model, x)
     model.compile(fullgraph=True)

@@ -29,6 +29,7 @@ _HOMES = {
     "using": "zoo.adapters.inject",
     "activate": "zoo.adapters.inject",
     "find_sites": "zoo.adapters.sites",
+    "fold": "zoo.folding",
     "save": "zoo.checkpoint",
     "load": "zoo.checkpoint",
     "push_to_hub": "zoo.checkpoint",
@@ -43,6 +44,7 @@ __all__ = [
     "describe",
     "detach",
     "find_sites",
+    "fold",
     "list_adapters",
     "list_attention",
     "list_backbones",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from zoo.checkpoint import load, push_to_hub, save
     from zoo.errors import ZooError
     from zoo.factory import create, describe, summary
+    from zoo.folding import fold
     from zoo.listing import list_adapters, list_attention, list_backbones, list_heads, list_models
 
 

@@ -253,7 +253,7 @@ def set_active(module: nn.Module, active: Sequence[Adapter]) -> None:
 def settle_attention(model: nn.Module) -> None:
     """An adapted out_proj needs a parent that calls it; a parent that no longer needs a host gets its class back."""
     for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention) and module.__dict__.get("_host", ("mha",))[0] == "mha":
+        if isinstance(module, nn.MultiheadAttention) and module.__dict__.get("_host", ("mha",))[0] != "weight":
             out = module.out_proj
             if isinstance(module, Host) or (isinstance(out, Host) and out.__dict__["_host"][0] != "weight"):
                 settle(module, "mha", "in_proj_weight", active_adapters(module))

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import SiteError
+
+if TYPE_CHECKING:
+    from zoo.adapters.attended import Attended
 
 Mode = Literal["branch", "weight", "mha"]
 Form = Literal["low_rank", "branch", "weight"]
@@ -104,6 +107,7 @@ class Adapter(nn.Module):
         roles: site roles the method can sit on; `attach` uses `default_roles` when the caller gives no `where`, and
             `fallback_roles` too on models that have none of these.
         mergeable: the adapter can be folded into the site's weight (and bias): `reweight` and `rebias` are exact.
+        attends: at an attention module, `after_attention` runs in place of `after` (zoo/adapters/attended.py).
         identity: a freshly built adapter leaves the model's output unchanged.
         form: how the host runs it; an instance may set its own (LoRA with dropout is a branch).
             "low_rank": `factors` is implemented and the host may use its one-matmul form (`after` is the fallback).
@@ -115,6 +119,7 @@ class Adapter(nn.Module):
     default_roles: ClassVar[tuple[str, ...]] = ()
     fallback_roles: ClassVar[tuple[str, ...]] = ()
     mergeable: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
     identity: bool = True
     form: Form = "branch"
 
@@ -136,6 +141,9 @@ class Adapter(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return y
+
+    def after_attention(self, y: Tensor, seen: Attended) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not attend")
 
     def factors(self) -> Factors:
         raise NotImplementedError(f"{type(self).__name__} is not low-rank")

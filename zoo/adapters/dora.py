@@ -45,6 +45,7 @@ class DoRA(Adapter):
         {"q", "k", "v", "qkv", "kv", "qk", "out", "fc1", "fc2", "conv", "linear", "embed", "head"}
     )
     default_roles: ClassVar[tuple[str, ...]] = ("q", "k", "v", "out", "fc1", "fc2")
+    fallback_roles: ClassVar[tuple[str, ...]] = ("conv", "linear")
     mergeable: ClassVar[bool] = True
     form = "weight"
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.adapters.attended import Attended, attended
 from zoo.adapters.base import Adapter, Mode
 from zoo.adapters.low_rank import autocast_on, low_rank_linear
 from zoo.errors import SiteError
@@ -46,7 +47,11 @@ class BranchHost(Host):
         y = run(x, *args[1:], **kwargs) if name is None else run(**{name: x}, **kwargs)
         first = y[0] if isinstance(y, tuple) else y
         for adapter in branches:
-            first = _after(adapter, x, first)
+            if adapter.attends:
+                seen = attended(self, x, *args[1:], **kwargs) if name is None else attended(self, **{name: x}, **kwargs)  # type: ignore[arg-type]
+                first = adapter.after_attention(first, seen)
+            else:
+                first = _after(adapter, x, first)
         return (first, *y[1:]) if isinstance(y, tuple) else first
 
     def _branches(self) -> tuple[Adapter, ...]:
@@ -117,9 +122,12 @@ class AttentionHost(Host):
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         y = mha.out_proj(out.transpose(1, 2).flatten(2))  # B N C
+        for adapter in whole:
+            if adapter.attends:
+                y = adapter.after_attention(y, Attended(q, k, v, mask, mha.out_proj, same))
         y = y if mha.batch_first else y.transpose(0, 1)
         for adapter in whole:
-            y = _after(adapter, x, y)
+            y = y if adapter.attends else _after(adapter, x, y)
         if not need_weights:
             return y, None
         return y, weights.mean(1) if average_attn_weights else weights
@@ -176,7 +184,9 @@ def settle(module: nn.Module, mode: Mode, weight_name: str, active: Sequence[Ada
 
 
 def _kind(module: nn.Module, plain: type[nn.Module], mode: Mode, active: Sequence[Adapter]) -> type[Host] | None:
-    if mode == "mha":
+    # Adapters of the whole attention and of its projections share one host, whichever came first.
+    packed = plain.forward is nn.MultiheadAttention.forward and module._parameters["in_proj_weight"] is not None
+    if mode == "mha" or (mode == "branch" and packed):
         out_hosted = isinstance(module.out_proj, Host)
         return AttentionHost if active or out_hosted else None
     if not active:

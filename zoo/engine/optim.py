@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
