@@ -1,0 +1,1 @@
+"""Single-object tracking. Importing this package imports no torch."""
