@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.errors import CheckpointError, CheckpointFileError, nearest
 from zoo.hub import Scheme, Source
 from zoo.hub.download import file_sha256
-from zoo.registry import ADAPTERS, ATTENTION, BACKBONES, HEADS, MODELS, TRANSFORMS
+from zoo.registry import ADAPTERS, ATTENTION, BACKBONES, CONSISTENCY, HEADS, MODELS, TRANSFORMS
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
@@ -89,7 +89,7 @@ def _walk(content: Any) -> Iterator[tuple[str, Any, int]]:
 def check_types(config: Any, folder: Path) -> None:
     """Every `type` must be a name that our registries hold."""
     known = set(_MMENGINE_TYPES)
-    for registry in (ADAPTERS, ATTENTION, BACKBONES, HEADS, MODELS, TRANSFORMS):
+    for registry in (ADAPTERS, ATTENTION, BACKBONES, CONSISTENCY, HEADS, MODELS, TRANSFORMS):
         known |= set(registry.names())
     types = [value for key, value, _ in _walk(config) if key == "type"]
     if not types:

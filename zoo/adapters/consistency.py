@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import OptionError
-from zoo.registry import ZooRegistry
-
-CONSISTENCY = ZooRegistry("consistency loss", ("zoo.adapters",), "CONSISTENCY")
+from zoo.registry import CONSISTENCY
 
 
 class ConsistencyLoss(Protocol):

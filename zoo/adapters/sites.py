@@ -67,7 +67,8 @@ def select(
         return found
     roles = f"roles {', '.join(sorted(query.roles))}" if query.roles else "any role"
     hint = "" if query.explicit or not query.roles else " (no role was named, so the method's default roles were taken)"
-    raise SiteError(f"{where!r} chooses nothing on {model_name}: {roles}{hint}. {_offer(sites, model_name)}")
+    asked = "the method's usual places" if where is None else repr(where)
+    raise SiteError(f"{asked}: chooses nothing on {model_name}: {roles}{hint}. {_offer(sites, model_name)}")
 
 
 @dataclass(frozen=True)
