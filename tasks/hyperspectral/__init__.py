@@ -1,0 +1,1 @@
+"""Hyperspectral classification: a class for each pixel of a cube. Importing this package imports no torch."""
