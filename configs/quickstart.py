@@ -1,4 +1,4 @@
-# The first thing to run: offline, two CPU cores, about two minutes.
+# The first thing to run: offline, two CPU cores, about half a minute of training.
 #
 #     python tools/train.py configs/quickstart.py
 #
