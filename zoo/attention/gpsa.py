@@ -124,6 +124,13 @@ def attention_linears(attn: nn.Module, replacement: str) -> tuple[nn.Linear, nn.
     return qkv, proj
 
 
+def take_over(replacement: nn.Module, attn: nn.Module) -> None:
+    """Move qkv, proj, query/key norms, dropouts and mode of `attn` (the modules, not copies) into `replacement`."""
+    for name in ("qkv", "proj", "q_norm", "k_norm", "attn_drop", "proj_drop"):
+        setattr(replacement, name, getattr(attn, name, getattr(replacement, name)))
+    replacement.train(attn.training)
+
+
 @ATTENTION.register_module()
 class GPSA(nn.Module):
     """GPSA as a replacement for a ViT's softmax attention; keeps its `qkv`, `proj` and query/key norms.
@@ -200,7 +207,7 @@ class GPSA(nn.Module):
 
         Raises TypeError if `attn` is not plain attention with one square qkv, see `attention_linears`.
         """
-        qkv, proj = attention_linears(attn, cls.__name__)
+        qkv, _ = attention_linears(attn, cls.__name__)
         gpsa = cls(
             qkv.in_features,
             cast(int, attn.num_heads),
@@ -212,10 +219,8 @@ class GPSA(nn.Module):
             device=qkv.weight.device,
             dtype=qkv.weight.dtype,
         )
-        gpsa.qkv, gpsa.proj = qkv, proj
-        for name in ("q_norm", "k_norm", "attn_drop", "proj_drop"):
-            setattr(gpsa, name, getattr(attn, name, getattr(gpsa, name)))
-        return gpsa.train(attn.training)
+        take_over(gpsa, attn)
+        return gpsa
 
     def _heads(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         prefix = self.num_prefix_tokens

@@ -25,7 +25,7 @@ from timm.layers.halo_attn import HaloAttn
 from timm.layers.helpers import make_divisible
 from torch import Tensor, nn
 
-from zoo.attention.gpsa import attention_linears
+from zoo.attention.gpsa import attention_linears, take_over
 from zoo.registry import ATTENTION
 
 PadMode = Literal["mask", "zero"]
@@ -321,7 +321,7 @@ class HaloTokenAttention(nn.Module):
 
         Raises TypeError if `attn` is not plain attention with one square qkv, see `attention_linears`.
         """
-        qkv, proj = attention_linears(attn, cls.__name__)
+        qkv, _ = attention_linears(attn, cls.__name__)
         halo = cls(
             qkv.in_features,
             cast(int, attn.num_heads),
@@ -332,10 +332,8 @@ class HaloTokenAttention(nn.Module):
             device=qkv.weight.device,
             dtype=qkv.weight.dtype,
         )
-        halo.qkv, halo.proj = qkv, proj
-        for name in ("q_norm", "k_norm", "attn_drop", "proj_drop"):
-            setattr(halo, name, getattr(attn, name, getattr(halo, name)))
-        return halo.train(attn.training)
+        take_over(halo, attn)
+        return halo
 
     def forward(
         self,
